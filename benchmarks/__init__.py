@@ -1,0 +1,1 @@
+"""What dbgate costs, measured beside its peers: `make bench`."""
